@@ -122,9 +122,9 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("d", "the gap narrows"): Reading(
         "reversed",
         "In points it grows, from 57% against 36% under SFT to 78% against 51% under distillation, "
-        "because distillation has more to lose: it gains 42 points with all weights, SFT 21. Of that "
-        "gain rank 1 keeps a third under distillation and nothing under SFT; rank 16 keeps nine "
-        "tenths and four fifths.",
+        "because distillation has more to lose: it gains 42 points with all weights, SFT 21. Of "
+        "that gain rank 1 keeps a third under distillation and nothing under SFT; rank 16 keeps "
+        "nine tenths and four fifths.",
         "Ranks in proportion to the source's: 32 of thousands of dimensions there, 1 of 64 here.",
     ),
     ("d", "the gap narrows, greedily"): Reading(
@@ -212,6 +212,39 @@ READINGS: dict[tuple[str, str], Reading] = {
         "after distillation 25% of the questions are still answered, after SFT on responses 10%, "
         "and of trained questions 97% against 39%. SFT was best at a higher rate.",
         "Both at several rates, as curves of behaviour against knowledge.",
+    ),
+    ("h", "thinking is learned as well beside the other mode"): Reading(
+        "not reproduced",
+        "With as many steps of thinking, and as many of the other mode among them, the student "
+        "reaches 64%, alone 80%. Twice the steps are no better than once, 65%. So the modes get in "
+        "each other's way here, perhaps because no model of this size answers at once: the teacher "
+        "is right 14% of the time, little more than by chance, and the student learns to guess as "
+        "it does. The rate was chosen for thinking alone.",
+        "Problems that the teacher can answer at once, a rate chosen for both modes, more seeds.",
+    ),
+    ("h", "thinking keeps its form"): Reading(
+        "reproduced",
+        "The prompt of each mode is different from its first token after the question, so it is "
+        "easy to tell them apart.",
+        "Prompts that switch by words in the question.",
+    ),
+    ("h", "answers keep their form"): Reading(
+        "reproduced",
+        "As above. The start has the form in 97% of its responses without ever having seen this "
+        "mode: the prompt closes the think block itself.",
+        "As above.",
+    ),
+    ("h", "one mode alone costs the other"): Reading(
+        "reproduced",
+        "After 120 steps of answers alone no response has a think block any more, 0%, also where "
+        "one is asked for, and accuracy there falls from 51% to 4%.",
+        "Fewer steps of the other mode: whether the loss begins at once.",
+    ),
+    ("h", "at once against one after another"): Reading(
+        "reproduced",
+        "What thinking had learned in its 120 steps is gone after 120 steps of answers: 0%, where "
+        "both at once have 64%.",
+        "The other order, and some thinking rows kept in the second phase.",
     ),
 }
 """(study, claim) -> reading"""
