@@ -33,9 +33,9 @@ CLAIMS = {
     ),
     "b": ("distillation widens", "RL does not widen"),
     "c": ("verified traces", "distillation after SFT"),
-    "d": ("the gap narrows",),
+    "d": ("the gap narrows", "the gap narrows, greedily"),
     "e": ("one prompt is as good as many",),
-    "f": ("documents cost behaviour", "distillation restores behaviour", "own samples do harm"),
+    "f": ("documents cost behaviour", "nearly all behaviour comes back", "own samples do harm"),
     "g": ("sampled against reverse", "entropy weights against reverse"),
     "h": (
         "thinking is learned as well beside the other mode",

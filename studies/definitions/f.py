@@ -210,7 +210,7 @@ STUDY = Study(
         ),
         common.make_contrast(
             "documents cost behaviour",
-            "IFEval falls from 85 to 45 on documents alone",
+            "learning documents alone takes IFEval from 85 to 45",
             a.POST,
             {"documents": 1, "start": -1},
             "below",
@@ -225,14 +225,14 @@ STUDY = Study(
         ),
         common.make_contrast(
             "distillation restores behaviour",
-            "IFEval rises from 79 to 83",
+            "on-policy distillation brings IFEval from 79 to 83",
             a.POST,
             {RECALL_NAME: 1, "documents and chats": -1},
             figure="behaviour",
         ),
         common.make_contrast(
             "nearly all behaviour comes back",
-            "IFEval is 83 against 85 at the start",
+            "on-policy distillation brings IFEval back to 83, of 85 at the start",
             a.POST,
             {"start": 1, RECALL_NAME: -1},
             "none",

@@ -129,8 +129,8 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("d", "the gap narrows, greedily"): Reading(
         "reproduced",
-        "Greedily SFT is far ahead with all weights, 95% against 81%, and its rank 1 has more to "
-        "lose: 62% against 67%. So the direction of this claim hangs on how answers are sampled.",
+        "Greedily SFT is far ahead with all weights, 94% against 81%, and its rank 1 has more to "
+        "lose: 62% against 66%. So the direction of this claim hangs on how answers are sampled.",
         "As above, and the same by samples at lower temperatures.",
     ),
     ("d", "a LoRA falls behind under SFT"): Reading(
@@ -177,7 +177,7 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("f", "chats keep some behaviour"): Reading(
         "reproduced",
-        "With 30% of its own responses among the rows the student keeps nearly all, 93% of 94%. "
+        "With its own responses as three in ten rows the student keeps nearly all, 93% of 94%. "
         "They are responses to requests of the tested kind.",
         "Responses to requests of another kind than the test's.",
     ),
@@ -224,14 +224,14 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("h", "thinking keeps its form"): Reading(
         "reproduced",
-        "The prompt of each mode is different from its first token after the question, so it is "
-        "easy to tell them apart.",
+        "A prompt that asks for no thinking ends in a closed think block, so the modes are easy to "
+        "tell apart.",
         "Prompts that switch by words in the question.",
     ),
     ("h", "answers keep their form"): Reading(
         "reproduced",
-        "As above. The start has the form in 97% of its responses without ever having seen this "
-        "mode: the prompt closes the think block itself.",
+        "As above. Even the student before training has the form in most of its responses, though "
+        "it never saw this mode.",
         "As above.",
     ),
     ("h", "one mode alone costs the other"): Reading(
