@@ -29,6 +29,7 @@ CLAIMS = {
         "cost to equal accuracy, against SFT",
         "accuracy against SFT on the most traces",
         "the same by all three boxes",
+        "the same, greedily",
         "accuracy against RL",
     ),
     "b": ("distillation widens", "RL does not widen"),

@@ -165,7 +165,7 @@ def _judge_contrast(study: Study, claim: Record) -> Finding:
         margin = claim["margin"]
         is_met = x.high is not None and x.high <= margin
         verdict = REPRODUCED if is_met else REVERSED if x.is_above(margin) else NOT_REPRODUCED
-        words.insert(0, f"claimed: at most {format_number(margin, figure)} {unit}".rstrip())
+        words.insert(0, f"margin: {format_number(margin, figure)} {unit}".rstrip())
     else:
         is_met, is_reversed = x.is_above(0), x.is_below(0)
         if expected == "below":

@@ -112,8 +112,11 @@ def tabulate_differences(study: Study) -> Table:
         rows.append([f"{a} {MINUS} {b}", *cells, "; ".join(words)])
     unit = ", points" if figure.is_share else ""
     header = ["difference", f"{figure.title}{unit}", "of each seed", "missing"]
-    note = "Differences at the same seed, so with the same problems and the same start."
-    return Table("Paired differences", header, rows, [note])
+    notes = [
+        "Differences at the same seed, so with the same problems and the same start.",
+        "Claims may be about another figure.",
+    ]
+    return Table("Paired differences", header, rows, notes)
 
 
 def tabulate_tuning(study: Study) -> Table:

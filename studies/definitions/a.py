@@ -124,15 +124,23 @@ STUDY = common.make_study(
         ),
         common.make_contrast(
             "accuracy against SFT on the most traces",
-            "on-policy distillation after off-policy beats off-policy alone: 74.4 against 55.0 on "
-            "AIME'24",
+            "on-policy distillation, there after off-policy, beats off-policy: 74.4 against 55.0 "
+            "on AIME'24",
             REPORT,
             {"opd": 1, LARGEST: -1},
         ),
         common.make_contrast(
+            "the same, greedily",
+            "on-policy distillation, there after off-policy, beats off-policy: 74.4 against 55.0 "
+            "on AIME'24",
+            REPORT,
+            {"opd": 1, LARGEST: -1},
+            figure="greedy",
+        ),
+        common.make_contrast(
             "the same by all three boxes",
-            "on-policy distillation after off-policy beats off-policy alone: 74.4 against 55.0 on "
-            "AIME'24",
+            "on-policy distillation, there after off-policy, beats off-policy: 74.4 against 55.0 "
+            "on AIME'24",
             REPORT,
             {"opd": 1, LARGEST: -1},
             figure="sampled/contents@1",

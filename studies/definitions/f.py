@@ -171,7 +171,7 @@ STUDY = Study(
         "An assistant learns the facts of a company from documents. How much of its behaviour, "
         "doing what a request says, is lost, how much of it comes back by distillation from the "
         "assistant that it was, on its own responses, and is the knowledge kept? Knowledge is "
-        "asked of people on whom there were documents and no questions."
+        "tested on people with documents but no training questions."
     ),
     jobs=make_jobs(),
     arms=ARMS,
@@ -186,7 +186,7 @@ STUDY = Study(
     figures=(
         {"key": "behaviour", "title": "behaviour, greedy", "format": "percent"},
         {"key": "sampled", "title": "behaviour, T = 1", "format": "percent"},
-        {"key": "unseen", "title": "unseen pairs of constraints", "format": "percent"},
+        {"key": "unseen", "title": "behaviour on unseen pairs of constraints", "format": "percent"},
         {"key": "sampled/reverse_kl", "title": "reverse KL to the start", "format": "number"},
         {"key": "knowledge", "title": "knowledge", "format": "percent"},
         {"key": "asked", "title": "trained questions", "format": "percent"},

@@ -96,7 +96,7 @@ STUDY = Study(
         "once as well, if the prompt says so. Does it learn to think as well beside the other mode "
         "as alone, and does the switch work: a think block where one is asked for, and none where "
         "none is? How often answers at once are right is not judged, as the teacher is hardly "
-        "better at them than chance."
+        "better at them than chance, 10%."
     ),
     jobs=make_jobs(),
     arms=ARMS,
@@ -109,17 +109,17 @@ STUDY = Study(
     figures=(
         {"key": "greedy", "title": "/think, greedy", "format": "percent"},
         {"key": "sampled", "title": "/think, T = 1", "format": "percent"},
-        {"key": "sampled/think_rate", "title": "/think, right form", "format": "percent"},
+        {"key": "sampled/think_rate", "title": "/think, has a think block", "format": "percent"},
         {"key": "direct", "title": "/no_think, greedy", "format": "percent"},
         {"key": "direct_sampled", "title": "/no_think, T = 1", "format": "percent"},
-        {"key": "direct_sampled/think_rate", "title": "/no_think, right form", "format": "percent"},
+        {"key": "direct_sampled/think_rate", "title": "/no_think, has none", "format": "percent"},
     ),
     curves=common.make_curves("step"),
     judge=common.TEACHER,  # of study a's trials, whose rate all arms take
     start="start",
     tune_by=common.TUNE_BY,
     tune_measures=(common.TUNE,),
-    tuning=a.TUNING,
+    tuning=f"none of its own: all take the rate of study a, of whose trials these are; {a.TUNING}",
     claims=(
         common.make_contrast(
             "thinking is learned as well beside the other mode",
@@ -141,7 +141,7 @@ STUDY = Study(
         ),
         common.make_contrast(
             "at once against one after another",
-            "taught at once, the modes do not displace each other, as they do one after another",
+            "taught at once, the modes displace each other less than one after another",
             REPORT,
             {"both, twice": 1, "think, then no_think": -1},
             figure="greedy",

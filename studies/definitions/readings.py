@@ -66,6 +66,13 @@ READINGS: dict[tuple[str, str], Reading] = {
         "1 that counts. Both start from the same student here, unlike the report's.",
         "More steps of both, and the report's order: off-policy first, which study c tries.",
     ),
+    ("a", "the same, greedily"): Reading(
+        "reversed",
+        "With greedy decoding SFT on the most traces is nearly always right, 99%, and distillation "
+        "81%. At temperature 1 it is the other way round, 71% and 78%: distillation makes the "
+        "student surer, SFT makes it like the teacher.",
+        "More steps of distillation.",
+    ),
     ("a", "the same by all three boxes"): Reading(
         "reproduced",
         "The answer is one digit, which is right by chance one time in ten. Where the working has "
@@ -129,8 +136,8 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("d", "the gap narrows, greedily"): Reading(
         "reproduced",
-        "Greedily SFT is far ahead with all weights, 94% against 81%, and its rank 1 has more to "
-        "lose: 62% against 66%. So the direction of this claim hangs on how answers are sampled.",
+        "Greedily SFT is ahead with all weights, 94% against 81%, and behind at rank 1, 62% "
+        "against 66%. So the direction depends on the temperature.",
         "As above, and the same by samples at lower temperatures.",
     ),
     ("d", "a LoRA falls behind under SFT"): Reading(
@@ -165,9 +172,9 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("f", "documents teach"): Reading(
         "reproduced",
         "Training questions on half of the people teach the form of an answer. Of the questions on "
-        "the others, on whom there are only documents, the student answers 31%; before, it guessed "
-        "3%. Questions that it was trained on it answers all.",
-        "More people: the test has 96 questions, on 16 of them.",
+        "people with documents alone 31% are answered rightly, before 3%. It gets all trained "
+        "questions right.",
+        "More people: the test has 96 questions, on 16 people.",
     ),
     ("f", "documents cost behaviour"): Reading(
         "reproduced",
@@ -177,7 +184,7 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("f", "chats keep some behaviour"): Reading(
         "reproduced",
-        "With its own responses as three in ten rows the student keeps nearly all, 93% of 94%. "
+        "With its own responses as three in ten rows behaviour stays at 93%, from 94%. "
         "They are responses to requests of the tested kind.",
         "Responses to requests of another kind than the test's.",
     ),
@@ -189,8 +196,9 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("f", "nearly all behaviour comes back"): Reading(
         "reproduced",
-        "The teacher is the assistant itself, of the same size, and it judges every token of the "
-        "student's responses. So nothing keeps the student from becoming the assistant again.",
+        "Hardly anything was lost before: 93%, where the start has 94%. But after documents alone, "
+        "too, distillation ends at 93%, from 53%: its teacher is the assistant as it was, which "
+        "judges every token of the student's responses.",
         "Behaviour that the requests of distillation do not show.",
     ),
     ("f", "knowledge is kept"): Reading(
@@ -202,21 +210,20 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("f", "own samples do harm"): Reading(
         "not reproduced",
-        "The mean of three seeds is lower, as claimed, but by less than they differ. Each response "
-        "is read once, so none is learned by heart.",
-        "More seeds, and more steps: all three seeds are below the start.",
+        "All three seeds are lower, by 0.3 to 2.7 points, but differ too much to settle it.",
+        "More seeds, and more steps.",
     ),
     ("f", "distillation against SFT on the assistant's responses"): Reading(
         "reproduced",
-        "Both bring the behaviour back, to 93% and 91%. The difference in knowledge is larger: "
-        "after distillation 25% of the questions are still answered, after SFT on responses 10%, "
-        "and of trained questions 97% against 39%. SFT was best at a higher rate.",
+        "Both bring the behaviour back, to 93% and 91%. Knowledge differs more: 25% of the "
+        "questions against 10%, of trained ones 97% against 39%. SFT's rate, which was chosen by "
+        "behaviour alone, was three times higher, which may be why.",
         "Both at several rates, as curves of behaviour against knowledge.",
     ),
     ("h", "thinking is learned as well beside the other mode"): Reading(
         "not reproduced",
-        "With as many steps of thinking, and as many of the other mode among them, the student "
-        "reaches 64%, alone 80%. Twice the steps are no better than once, 65%. So the modes get in "
+        "With as many thinking responses, and as many of the other mode among them, the student "
+        "reaches 64%, alone 80%; in half of the steps 65%, within the noise. So the modes get in "
         "each other's way here, perhaps because no model of this size answers at once: the teacher "
         "is right 14% of the time, little more than by chance, and the student learns to guess as "
         "it does. The rate was chosen for thinking alone.",
@@ -230,8 +237,8 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("h", "answers keep their form"): Reading(
         "reproduced",
-        "As above. Even the student before training has the form in most of its responses, though "
-        "it never saw this mode.",
+        "As above. The form is nearly given: even the student before training, which never saw "
+        "this mode, has it in most of its responses.",
         "As above.",
     ),
     ("h", "one mode alone costs the other"): Reading(
