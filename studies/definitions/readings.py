@@ -154,7 +154,7 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("e", "one prompt teaches"): Reading(
         "reversed",
         "In 60 steps of 32 responses to one prompt the student forgets the other problems: it "
-        "falls to 11%, which is little more than chance. 8 prompts leave it at 22%, 64 raise it "
+        "falls to 12%, which is little more than chance. 8 prompts leave it at 20%, 64 raise it "
         "to 40%. The rate was chosen with many prompts, and a student of this size may have "
         "little to share between problems.",
         "A lower rate and fewer steps, chosen for one prompt, and a pretrained student.",
@@ -165,9 +165,10 @@ READINGS: dict[tuple[str, str], Reading] = {
         "As above.",
     ),
     ("e", "distillation transfers from one prompt where RL does not"): Reading(
-        "not settled",
-        "Both fall to near chance on one prompt; RL has one seed.",
-        "The other seeds, and rates chosen for one prompt.",
+        "not reproduced",
+        "Both fall to near chance on one prompt, distillation to 12%, RL, at a tenth of the rate, "
+        "to 15%.",
+        "Rates chosen for one prompt, and more seeds.",
     ),
     ("f", "documents teach"): Reading(
         "reproduced",
