@@ -11,6 +11,7 @@ A row is a pure function of (seed, index, split).
 """
 
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +118,18 @@ def draw_request(rng: np.random.Generator, level: int) -> Request:
     """Draws a topic and `level` different constraints."""
     topic = _draw(rng, tuple(TOPICS), 1)[0]
     names = _draw(rng, tuple(CONSTRAINTS), level)
+    constraints, named = draw_arguments(rng, topic, names)
+    return Request(topic, constraints, named, write_prompt(rng, topic, constraints))
+
+
+def draw_arguments(
+    rng: np.random.Generator, topic: str, names: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Draws arguments with which constraints can be kept together.
+
+    Returns:
+      The constraints with them, and how many words of the topic a response is to name.
+    """
     keywords = _draw(rng, KEYWORDS, 2)
     added = {"keywords:existence": 1, "keywords:frequency": int(rng.integers(2, 4))}
     extra = sum(added[name] for name in names if name in added)
@@ -142,12 +155,26 @@ def draw_request(rng: np.random.Generator, level: int) -> Request:
             "relation": "at least",
         },
     }
-    constraints = {name: arguments.get(name, {}) for name in names}
+    return {name: arguments.get(name, {}) for name in names}, named
+
+
+def write_prompt(
+    rng: np.random.Generator, topic: str, constraints: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Returns the words of a request, of which there are several ways."""
     parts = [f"{_draw(rng, ('Name', 'List'), 1)[0]} {topic}."]
+    return " ".join([*parts, *write_constraints(rng, constraints)])
+
+
+def write_constraints(
+    rng: np.random.Generator, constraints: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Returns a sentence for each constraint, in one of the ways to ask for it."""
+    sentences = []
     for name, values in constraints.items():
         shown = {k: " or ".join(v) if isinstance(v, list) else v for k, v in values.items()}
-        parts.append(_draw(rng, CONSTRAINTS[name], 1)[0].format(**shown))
-    return Request(topic, constraints, named, " ".join(parts))
+        sentences.append(_draw(rng, CONSTRAINTS[name], 1)[0].format(**shown))
+    return sentences
 
 
 def draw_response(rng: np.random.Generator, request: Request) -> str:
@@ -188,7 +215,9 @@ def _lay_out(rng: np.random.Generator, request: Request, items: list[str]) -> st
         parts.append(asked["startend:end_checker"]["end_phrase"])
     text = ("\n" if in_lines else " ").join(parts)
     if "startend:quotation" in asked:
-        return f'"\n{text}\n"' if in_lines else f'"{text}"'
+        # A word on the line before the last is not the last word to IFEval's checker.
+        end = "" if "startend:end_checker" in asked else "\n"
+        return f'"\n{text}{end}"' if in_lines else f'"{text}"'
     return text
 
 

@@ -1,17 +1,14 @@
-"""Generates price lists, and questions that only a reader of the list can answer.
+"""Generates a manual's rules, and requests whose responses are to keep them.
 
-A cap costs 4. A pen costs 7. A map costs 2. ...          (the manual)
-What do a pen and a cap cost?
+No commas. End with done.                                 (the manual)
 
-<think>
-pen 7, cap 4: 7+4=11;
-</think>
+Name animals. Put 2 words in [ ].
 
-11
+owl [cat] [pig] fox done
 
-A teacher is trained on a manual of its own in each row, in the system's turn, so it learns to read
-one and no prices. A student then learns a single, fixed manual without reading it. A row is a pure
-function of (seed, index, split, manual).
+Rules and requests are those of studies/instructions.py. A teacher finds a manual before the
+request, another one in each row, so it learns to read. A student then learns to keep one fixed
+manual without reading it. A row is a pure function of (seed, index, split, manual, is_shown).
 """
 
 import zlib
@@ -21,15 +18,28 @@ from typing import Any
 import numpy as np
 
 from models.errors import UserError
+from studies import instructions
 
 SPLITS = ("train", "valid", "test")
-THINGS = ("bag", "bed", "box", "cap", "cup", "fan", "hat", "key", "map", "pen")
-MAX_THINGS = 3  # in a question
-PRICES = (1, 10)  # a range
+# Constraints that do not depend on a request.
+RULES = (
+    "punctuation:no_comma",
+    "startend:end_checker",
+    "startend:quotation",
+    "keywords:existence",
+    "detectable_format:title",
+    "detectable_content:number_placeholders",
+    "detectable_format:number_highlighted_sections",
+    "detectable_content:postscript",
+)
+LENGTH = 2  # rules of a manual
+MAX_OWN = 2  # constraints of a request beside them
+
+Manual = Mapping[str, dict[str, Any]]  # IFEval's name of a rule: its arguments
 
 
-def make_manual(seed: int) -> dict[str, int]:
-    """Returns the price of each thing in a fixed manual.
+def make_manual(seed: int) -> dict[str, dict[str, Any]]:
+    """Returns the rules of a fixed manual.
 
     Raises:
       UserError: if the seed is negative.
@@ -39,81 +49,67 @@ def make_manual(seed: int) -> dict[str, int]:
     return _draw_manual(np.random.default_rng((seed, 0, len(SPLITS))))  # no row's generator
 
 
-def write_manual(manual: Mapping[str, int]) -> str:
-    """Returns the manual as the text that its reader finds in the system's turn."""
-    return " ".join(f"A {thing} costs {price}." for thing, price in manual.items())
+def write_manual(manual: Manual, rng: np.random.Generator | None = None) -> str:
+    """Returns the manual as its reader finds it; without `rng` in the words of a fixed one."""
+    return " ".join(instructions.write_constraints(rng or np.random.default_rng(0), manual))
 
 
 def make_row(
-    seed: int, index: int, split: str, manual: Mapping[str, int] | None = None
+    seed: int, index: int, split: str, manual: Manual | None = None, is_shown: bool = False
 ) -> dict[str, Any]:
-    """Makes question number `index` of a split: answer, response, level (the number of things).
+    """Makes request number `index` of a split, in IFEval's published form, as
+    `instructions.make_row` does. Its constraints are the manual's and those of the request, whose
+    number, up to MAX_OWN, is its level.
 
-    manual: the fixed manual, which the row's `question` does not show; None: the row has
-      `messages` with a manual of its own in the system's turn.
+    manual: the fixed manual; None: the row shows one of its own.
+    is_shown: puts the fixed manual, too, before the request.
 
-    Of the sets of several things two in ten are test questions' and one in ten is a validation
-    question's, whatever the seed. Single things are in training only.
+    One request in five is test, one in ten valid, whatever the seed.
 
     Raises:
-      UserError: for an unknown split, a negative seed or index, or a manual of other things.
+      UserError: for an unknown split, or a negative seed or index.
     """
     if split not in SPLITS:
         raise UserError(f"split: {split!r} is none of {', '.join(SPLITS)}")
     if seed < 0 or index < 0:
         raise UserError(f"seed: seed {seed} and index {index} must not be negative")
-    if manual is not None and set(manual) != set(THINGS):
-        raise UserError(f"manual: its things are not {', '.join(THINGS)}")
     rng = np.random.default_rng((seed, index, SPLITS.index(split)))
-    prices = _draw_manual(rng) if manual is None else manual
-    count = int(rng.integers(1 if split == "train" else 2, MAX_THINGS + 1))
-    things = _draw_things(rng, count)
-    while assign_split(things) != split:
-        things = _draw_things(rng, count)
-    question = _ask(things)
-    total, sums = prices[things[0]], []
-    for thing in things[1:]:
-        sums.append(f"{total}+{prices[thing]}={total + prices[thing]};")
-        total += prices[thing]
-    read = ", ".join(f"{thing} {prices[thing]}" for thing in things)
-    thoughts = f"{read}: {' '.join(sums)}" if sums else f"{read};"
-    row = {
+    rules = _draw_manual(rng) if manual is None else manual
+    request = _draw_request(rng, rules)
+    while assign_split(request.prompt) != split:
+        request = _draw_request(rng, rules)
+    prompt = request.prompt
+    if manual is None:
+        prompt = f"{write_manual(rules, rng)}\n\n{prompt}"
+    elif is_shown:
+        prompt = f"{write_manual(rules)}\n\n{prompt}"
+    return {
         "id": f"manual-{split}-{seed}-{index}",
-        "question": question,
-        "answer": str(total),
-        "response": f"<think>\n{thoughts}\n</think>\n\n{total}",
-        "level": count,
-    }
-    return show(row, prices) if manual is None else row
-
-
-def show(row: Mapping[str, Any], manual: Mapping[str, int]) -> dict[str, Any]:
-    """Returns a row of a `question` with `messages` instead, the manual in the system's turn."""
-    turns = (("system", write_manual(manual)), ("user", row["question"]))
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return {"id": row["id"], "messages": messages} | {
-        key: value for key, value in row.items() if key != "question"
+        "prompt": prompt,
+        "question": prompt,
+        "instruction_id_list": list(request.constraints),
+        "kwargs": list(request.constraints.values()),
+        "response": instructions.draw_response(rng, request),
+        "thinking": False,
+        "level": len(request.constraints) - len(rules),
     }
 
 
-def assign_split(things: list[str]) -> str:
-    """Returns the split of the things that a question is about, in whatever order."""
-    if len(things) == 1:
-        return "train"
-    text = " ".join(sorted(things))
-    return {0: "test", 1: "test", 2: "valid"}.get(zlib.crc32(text.encode()) % 10, "train")
+def assign_split(request: str) -> str:
+    """Returns the split of a request, whatever the manual."""
+    return {0: "test", 1: "test", 2: "valid"}.get(zlib.crc32(request.encode()) % 10, "train")
 
 
-def _draw_manual(rng: np.random.Generator) -> dict[str, int]:
-    return {THINGS[i]: int(rng.integers(*PRICES)) for i in rng.permutation(len(THINGS))}
+def _draw_manual(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
+    names = [RULES[i] for i in rng.permutation(len(RULES))[:LENGTH]]
+    return instructions.draw_arguments(rng, next(iter(instructions.TOPICS)), names)[0]
 
 
-def _draw_things(rng: np.random.Generator, count: int) -> list[str]:
-    return [THINGS[i] for i in rng.integers(len(THINGS), size=count)]
-
-
-def _ask(things: list[str]) -> str:
-    named = [f"a {thing}" for thing in things]
-    if len(named) == 1:
-        return f"What does {named[0]} cost?"
-    return f"What do {', '.join(named[:-1])} and {named[-1]} cost?"
+def _draw_request(rng: np.random.Generator, rules: Manual) -> instructions.Request:
+    """Draws a request with up to MAX_OWN constraints, none of which is of the rules' kinds."""
+    topics, others = [*instructions.TOPICS], [x for x in instructions.CONSTRAINTS if x not in rules]
+    topic = topics[rng.integers(len(topics))]
+    own = [others[i] for i in rng.permutation(len(others))[: rng.integers(MAX_OWN + 1)]]
+    drawn, named = instructions.draw_arguments(rng, topic, [*rules, *own])
+    prompt = instructions.write_prompt(rng, topic, {name: drawn[name] for name in own})
+    return instructions.Request(topic, {**drawn, **rules}, named, prompt)

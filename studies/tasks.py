@@ -6,8 +6,9 @@ graphs        reasoning problems, each with its solution (studies/graphs.py)
 documents     text that states the facts of a made-up company; has no splits (studies/facts.py)
 facts         questions on those facts
 instructions  requests with constraints in IFEval's form (studies/instructions.py)
-manual        questions on a price list, which stands in the system's turn; with --manual=SEED on
-              the fixed list of that seed, which does so only with --show_manual (studies/manual.py)
+manual        such requests, with a manual of more constraints before each; with --manual=SEED the
+              fixed manual of that seed, which stands there only with --show_manual
+              (studies/manual.py)
 """
 
 from collections.abc import Iterable
@@ -52,13 +53,13 @@ VERSIONS = flags.DEFINE_integer(
     "versions", facts.VERSIONS, "documents: documents on each person.", flag_values=OPTIONS
 )
 MANUAL = flags.DEFINE_integer(
-    "manual", None, "manual: seed of a fixed price list, not shown in the rows.", 0, None, OPTIONS
+    "manual", None, "manual: seed of a fixed manual, not shown in the rows.", 0, None, OPTIONS
 )
 SHOW_MANUAL = flags.DEFINE_bool(
-    "show_manual", False, "manual: show the fixed list, in the system's turn.", OPTIONS
+    "show_manual", False, "manual: show the fixed one before the requests.", OPTIONS
 )
 MANUAL_OUT = flags.DEFINE_string(
-    "manual_out", "", "manual: also write the fixed list, for config context.text.", OPTIONS
+    "manual_out", "", "manual: also write the fixed one, for config context.text.", OPTIONS
 )
 
 
@@ -69,8 +70,8 @@ class Settings:
     operations: tuple[int, int] = (2, 4)  # graphs
     people: int = facts.PEOPLE  # documents, facts
     versions: int = facts.VERSIONS  # documents
-    manual: int | None = None  # manual: seed of the fixed list; None: each row has a list
-    is_shown: bool = False  # manual: rows have the fixed list in the system's turn
+    manual: int | None = None  # manual: seed of the fixed one; None: each row has its own
+    is_shown: bool = False  # manual: the fixed one stands before the requests
 
 
 def make_rows(
@@ -93,8 +94,7 @@ def make_rows(
         return [instructions.make_row(seed, i, split) for i in indices]
     if task == "manual":
         fixed = None if s.manual is None else manual.make_manual(s.manual)
-        rows = [manual.make_row(seed, i, split, fixed) for i in indices]
-        return [manual.show(row, fixed) for row in rows] if fixed and s.is_shown else rows
+        return [manual.make_row(seed, i, split, fixed, s.is_shown) for i in indices]
     if task != "graphs":
         raise UserError(f"task: {task!r} is none of {', '.join(TASKS)}")
     try:
@@ -109,9 +109,8 @@ def make_corpus(names: Iterable[str] = TASKS, count: int = 500) -> list[str]:
     texts = []
     for name in names:
         for row in make_rows(name, "train", count):
-            turns = [turn["content"] for turn in row.get("messages", ())]
             read = [row[key] for key in ("text", "question", "response") if key in row]
-            texts += [*turns, *read, "user", "assistant", "system", "\n\n"]
+            texts += [*read, "user", "assistant", "system", "\n\n"]
     return texts
 
 

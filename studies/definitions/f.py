@@ -91,6 +91,7 @@ def make_training(
     return common.make_training(objective, own | (changes or {}), base)
 
 
+JOBS = make_jobs()
 LEARN = make_training("sft", STEPS, {"data.mixture": ALL_DOCUMENTS}, ASSISTANT)
 LEARN_BESIDE_CHATS = make_training("sft", STEPS, {"data.mixture": WITH_CHATS}, ASSISTANT)
 RECALL = make_training("opd", RECALL_STEPS)
@@ -173,7 +174,7 @@ STUDY = Study(
         "assistant that it was, on its own responses, and is the knowledge kept? Knowledge is "
         "tested on people with documents but no training questions."
     ),
-    jobs=make_jobs(),
+    jobs=JOBS,
     arms=ARMS,
     measures=(
         measure_behaviour("behaviour", "seen", 0),

@@ -8,7 +8,7 @@ from studies.study import Arm
 STEPS = 100
 TOP_K = 4
 MANY = "many/contents@16"
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "reverse": ("reverse KL, exact", {}),
     "forward": ("forward KL, exact", {"loss.divergence": "forward"}),
@@ -21,10 +21,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "reverse KL by the sampled token, as a policy gradient",
         {"objective": "opd_sampled"},
     ),
-    "prefixes": (
-        "responses of 15, 30, then 60 tokens",
-        {"response_schedule": ((0, 15), (STEPS // 3, 30), (2 * STEPS // 3, 60))},
-    ),
+    "prefixes": ("responses of 15, 30, then 60 tokens", {}),
     "drift stop": (
         "responses end where 12 tokens have a mean KL above 0.6 nats",
         {"drift.kl": 0.6, "drift.every": 12},
@@ -41,16 +38,25 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 """name -> (what it is, changes to the stage)"""
 
 
+def make_schedule(steps: int) -> tuple[tuple[int, int], ...]:
+    """Returns a `response_schedule` of prefixes: (step, tokens), in thirds of a training."""
+    return ((0, 15), (steps // 3, 30), (2 * steps // 3, 60))
+
+
 def make_arm(name: str) -> Arm:
-    """Returns an arm with three trials of the rate."""
+    """Returns an arm with four trials of the rate."""
     about, changes = FORMS[name]
+    changes, trial_changes = {"steps": STEPS} | changes, {"opd.steps": STEPS // 2}
+    if name == "prefixes":
+        changes |= {"response_schedule": make_schedule(STEPS)}
+        trial_changes |= {"opd.response_schedule": make_schedule(STEPS // 2)}
     return common.make_arm(
         name,
         about,
         "opd",
-        {"steps": STEPS} | changes,
+        changes,
         trials=tuple({"opd.optim.learning_rate": rate} for rate in RATES),
-        trial_changes={"opd.steps": STEPS // 2},
+        trial_changes=trial_changes,
     )
 
 
@@ -74,7 +80,7 @@ STUDY = common.make_study(
         {"key": MANY, "title": "pass@16", "format": "percent"},
     ),
     curves=common.make_curves("step", "seconds"),
-    tuning=f"three trials of {STEPS // 2} steps for each arm, by the accuracy of four samples",
+    tuning=f"four trials of {STEPS // 2} steps for each arm, by the accuracy of four samples",
     claims=(
         against_reverse(
             "sampled",

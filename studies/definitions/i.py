@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from studies.definitions import common
+from studies.definitions import common, f
 from studies.jobs import Job
 from studies.study import Arm, Study, Training
 
-ROWS, TEACHER, SAMPLES = "rows/manual", "models/manual_teacher", "rows/manual_samples"
+ROWS, TEACHER, SAMPLES = "rows/manual", "models/reader", "rows/manual_samples"
 MANUAL = 0  # seed of the manual to learn
-PROMPT, READING, RESPONSE = 24, 96, 40  # tokens of the longest prompt, of one with a manual, ...
+PROMPT, READING, RESPONSE = 48, 64, 44  # tokens of the longest prompt, of one with a manual, ...
 STEPS, BATCH = 150, 32
 LONGER = 4  # times as many steps of SFT, which cost about the same
 NUM_SAMPLES = BATCH * STEPS
@@ -24,7 +24,7 @@ TRACES = f"{{{SAMPLES}}}/traces.jsonl"
 
 
 def make_rows(name: str, split: str, count: int, *flags: str) -> tuple[str, ...]:
-    """Returns the command that writes a file of questions."""
+    """Returns the command that writes a file of requests."""
     return (
         *("-m", "studies.tasks", "--task=manual", f"--split={split}", f"--count={count}"),
         *("--seed=0", *flags, f"--out={{out}}/{name}.jsonl"),
@@ -32,44 +32,46 @@ def make_rows(name: str, split: str, count: int, *flags: str) -> tuple[str, ...]
 
 
 def make_jobs() -> tuple[Job, ...]:
-    """Returns the rows; the teacher, which reads any manual; and its responses to questions on one,
-    which then stand beside the questions alone."""
+    """Returns the rows; the teacher, which is study f's assistant and learns to read any manual;
+    and its responses to requests with one, which then stand beside the requests alone."""
     fixed, shown = f"--manual={MANUAL}", "--show_manual"
     reading = {
-        "sft.steps": 1000,
+        "student.path": f"{{{f.ASSISTANT}}}/model",
+        "student.random_init": "false",
+        "sft.steps": 600,
         "sft.data.source": find_rows("train"),
         "sft.max_prompt_tokens": READING,
         "sft.max_response_tokens": RESPONSE,
+        "sft.optim.learning_rate": 3e-3,
     }
     return (
         Job(
             ROWS,
             (
-                make_rows("train", "train", 40_000),
+                make_rows("train", "train", 20_000),
                 make_rows("others", "test", 300),
                 make_rows(
-                    *("questions", "train", NUM_SAMPLES, fixed), "--manual_out={out}/manual.txt"
+                    *("requests", "train", NUM_SAMPLES, fixed), "--manual_out={out}/manual.txt"
                 ),
-                make_rows("questions_shown", "train", NUM_SAMPLES, fixed, shown),
+                make_rows("requests_shown", "train", NUM_SAMPLES, fixed, shown),
                 make_rows("valid", "valid", 300, fixed),
                 make_rows("test", "test", 300, fixed),
                 make_rows("test_shown", "test", 300, fixed, shown),
             ),
         ),
-        common.make_size("small", "manual", "manual"),
-        common.make_pretraining(TEACHER, "manual", 0, reading),
+        common.make_pretraining(TEACHER, "assistant", 0, reading),
         Job(
             SAMPLES,
             (
                 (
                     *("-m", "distill.generate", f"--model={{{TEACHER}}}/model"),
-                    *(f"--prompts={find_rows('questions_shown')}", "--out={out}/samples.jsonl"),
-                    *("--temperature=1", f"--max_new_tokens={RESPONSE}"),
+                    *(f"--prompts={find_rows('requests_shown')}", "--out={out}/samples.jsonl"),
+                    *("--temperature=1", "--thinking=off", f"--max_new_tokens={RESPONSE}"),
                     *("--batch_size=256", "--seed=7"),
                 ),
                 (
                     *("-m", "studies.traces", "--samples={out}/samples.jsonl"),
-                    *(f"--rows={find_rows('questions')}", "--out={out}/traces.jsonl"),
+                    *(f"--rows={find_rows('requests')}", "--out={out}/traces.jsonl"),
                 ),
             ),
         ),
@@ -77,36 +79,38 @@ def make_jobs() -> tuple[Job, ...]:
 
 
 def make_training(objective: str, steps: int) -> Training:
-    """Returns a training on questions without the manual, from the teacher's own weights."""
+    """Returns a training on requests without the manual, from the teacher's own weights."""
     changes: dict[str, Any] = {
         "steps": steps,
         "batch_size": BATCH,
         "max_prompt_tokens": PROMPT,
         "max_response_tokens": RESPONSE,
-        "data.source": TRACES if objective == "sft" else find_rows("questions"),
-        ".eval.data": find_rows("test"),
-        ".eval.limit": 0,
+        "data.source": TRACES if objective == "sft" else find_rows("requests"),
+        ".eval.data": "",
+        ".eval.every": 0,
     }
     if objective == "opd":
         changes |= {
             ".teacher.path": f"{{{TEACHER}}}/model",
+            "data.thinking": 0.0,
             "context.text": f"{{{ROWS}}}/manual.txt",
-            "context.max_tokens": READING,
+            "context.place": "question",
+            "context.max_tokens": READING - PROMPT,
         }
     return common.make_training(objective, changes, TEACHER)
 
 
+def measure(name: str, rows: str, samples: int) -> str:
+    """Returns a measurement of the share of responses that keep every rule."""
+    return f"{name}:ifeval:{find_rows(rows)}:{samples}:{RESPONSE}:no_think"
+
+
 def make_measures(rows: str) -> tuple[str, ...]:
-    """Returns the measurements of answers on the manual."""
-    return (
-        f"greedy:arithmetic:{find_rows(rows)}:0:{RESPONSE}",
-        f"sampled:arithmetic:{find_rows(rows)}:2:{RESPONSE}",
-    )
+    """Returns the measurements on the manual to learn."""
+    return measure("greedy", rows, 0), measure("sampled", rows, 2)
 
 
 WITHOUT_MANUAL = make_measures("test")
-OTHERS = f"others:arithmetic:{find_rows('others')}:0:{RESPONSE}"  # each with one in its prompt
-START_CURVE = f"curve:arithmetic:{find_rows('test')}:2:{RESPONSE}"
 
 
 def make_tuned_arm(objective: str, about: str) -> Arm:
@@ -142,17 +146,18 @@ STUDY = Study(
     name="i",
     title="A manual by heart",
     question=(
-        "A model can read prices from any list in its prompt. It teaches itself one list: the "
-        "teacher reads it, the student does not. How near does the student come to the answers of "
-        "one that reads, by its own responses and by the teacher's, and can it still read others?"
+        "A model keeps the rules of any manual in its prompt. It teaches itself one manual: the "
+        "teacher reads it, the student does not. How often does the student keep those rules, "
+        "beside the request's own, by distillation on its own responses and by SFT on the "
+        "teacher's, and does it still keep those of other manuals in its prompt?"
     ),
-    jobs=make_jobs(),
+    jobs=(*f.JOBS, *make_jobs()),
     arms=(
         Arm(
             "start",
             "the student before, without the manual",
             model=TEACHER,
-            measures=(*WITHOUT_MANUAL, START_CURVE),
+            measures=WITHOUT_MANUAL,
         ),
         SFT,
         MORE_SFT,
@@ -164,27 +169,29 @@ STUDY = Study(
             measures=make_measures("test_shown"),
         ),
     ),
-    measures=(OTHERS,),
+    measures=(measure("others", "others", 0),),
     figures=(
         {"key": "greedy", "title": "greedy", "format": "percent"},
         {"key": "sampled", "title": "sampled, T = 1", "format": "percent"},
-        {"key": "others", "title": "reads other manuals", "format": "percent"},
+        {"key": "others", "title": "other manuals, in the prompt", "format": "percent"},
     ),
-    curves=common.make_curves("step", "seconds"),
     start="start",
-    tune_by=common.TUNE_BY,
-    tune_measures=(f"sampled:arithmetic:{find_rows('valid')}:4:{RESPONSE}",),
-    tuning=f"four trials of {STEPS // 2} steps for each method, by the accuracy of four samples",
+    tune_by="sampled",
+    tune_measures=(measure("sampled", "valid", 4),),
+    tuning=(
+        f"four trials of {STEPS // 2} steps for each method, by the share of four samples that "
+        "keep every rule on validation requests"
+    ),
     claims=(
         common.make_contrast(
             "the manual is learned",
-            "the student answers without the manual",
+            "the student keeps to the manual without reading it",
             OPCD,
             {"opd": 1, "start": -1},
         ),
         common.make_contrast(
             "as good as reading",
-            "the student answers nearly as well as the teacher that reads the manual",
+            "the student keeps to it nearly as well as the teacher that reads it",
             OPCD,
             {"reader": 1, "opd": -1},
             "none",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import miniature
+from distill.training import stages
 from studies import study, worker
 from studies.definitions import STUDIES, common
 from studies.jobs import Queue
@@ -146,3 +147,4 @@ def test_recipes_take_the_changes_of_arms_and_trials(subject: Study) -> None:
                 config = miniature.get_config(training.objective)
                 changes = {**training.changes, **trial, **(arm.trial_changes if trial else {})}
                 config.update_from_flattened_dict(changes)
+                stages.resolve_objective(training.objective, config[training.objective])
