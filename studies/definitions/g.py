@@ -8,7 +8,7 @@ from studies.study import Arm
 STEPS = 100
 TOP_K = 4
 MANY = "many/contents@16"
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 1e-4)
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "reverse": ("reverse KL, exact", {}),
     "forward": ("forward KL, exact", {"loss.divergence": "forward"}),
@@ -44,7 +44,7 @@ def make_schedule(steps: int) -> tuple[tuple[int, int], ...]:
 
 
 def make_arm(name: str) -> Arm:
-    """Returns an arm with four trials of the rate."""
+    """Returns an arm with five trials of the rate."""
     about, changes = FORMS[name]
     changes, trial_changes = {"steps": STEPS} | changes, {"opd.steps": STEPS // 2}
     if name == "prefixes":
@@ -80,7 +80,7 @@ STUDY = common.make_study(
         {"key": MANY, "title": "pass@16", "format": "percent"},
     ),
     curves=common.make_curves("step", "seconds"),
-    tuning=f"four trials of {STEPS // 2} steps for each arm, by the accuracy of four samples",
+    tuning=f"five trials of {STEPS // 2} steps for each arm, by the accuracy of four samples",
     claims=(
         against_reverse(
             "sampled",

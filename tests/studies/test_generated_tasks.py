@@ -11,7 +11,7 @@ from distill.data.chat import load_tokenizer
 from distill.data.examples import Encoding, make_example
 from distill.evaluation import problems
 from distill.rewards import graders
-from studies import instructions, manual, tasks
+from studies import manual, tasks
 from tests.support.paths import TOKENIZER
 from tests.support.verbs import call, read
 
@@ -41,13 +41,13 @@ def test_rows_are_written_and_can_be_trained_on(task: str, tmp_path: Path) -> No
         if task == "documents":
             assert prompt + response == row["text"] + "<|im_end|>"
             continue
-        without_thoughts = task in ("facts", "instructions")
+        without_thoughts = task in ("facts", "instructions", "manual")
         assert prompt.endswith("</think>\n\n") == without_thoughts
         assert response == row["response"] + "<|im_end|>"
-        assert (row["messages"][1]["content"] if task == "manual" else row["question"]) in prompt
+        assert row["question"] in prompt
 
 
-@pytest.mark.parametrize("task", ["graphs", "facts", "manual"])
+@pytest.mark.parametrize("task", ["graphs", "facts"])
 def test_the_benchmark_arithmetic_grades_rows(task: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     assert call(tasks, f"--task={task}", "--split=test", "--count=30", f"--out={out}") == 0
@@ -59,42 +59,41 @@ def test_the_benchmark_arithmetic_grades_rows(task: str, tmp_path: Path) -> None
         assert graders.grade_arithmetic(wrong, row["answer"]) == "wrong"
 
 
-def test_the_benchmark_ifeval_reads_instructions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["instructions", "manual"])
+def test_the_benchmark_ifeval_reads_instructions(task: str, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed")
     out = tmp_path / "rows.jsonl"
-    assert call(tasks, "--task=instructions", "--split=test", "--count=30", f"--out={out}") == 0
+    assert call(tasks, f"--task={task}", "--split=test", "--count=30", f"--out={out}") == 0
     loaded = problems.load_problems("ifeval", str(out), 0)
     problems.check_gradable("ifeval", loaded)  # none needs data that nltk downloads
-    for i, (_, row) in enumerate(loaded):
-        assert row["question"] == instructions.make_row(0, i, "test")["prompt"]
+    for (_, row), written in zip(loaded, read(out), strict=True):
+        assert row["question"] == written["prompt"]
 
 
 def test_a_teacher_reads_the_fixed_manual_as_it_learned_to(tmp_path: Path) -> None:
-    """With the file of --manual_out as context, a student's row is to its teacher what a row with
-    that manual in the system's turn is."""
+    """With the file of --manual_out as context, a student's row is to its teacher what the row of
+    --show_manual is."""
     out, text = tmp_path / "rows.jsonl", tmp_path / "manual.md"
-    assert call(tasks, "--task=manual", "--manual=5", f"--manual_out={text}", f"--out={out}") == 0
-    row = read(out)[0]
-    assert len(read(out)) == tasks.COUNT
-    written = manual.write_manual(manual.make_manual(5))
+    flags = ("--task=manual", "--manual=5", f"--out={out}")
+    assert call(tasks, *flags, "--show_manual") == 0
+    shown = read(out)
+    assert call(tasks, *flags, f"--manual_out={text}") == 0
+    rows = read(out)
+    assert len(rows) == len(shown) == tasks.COUNT
     context = teacher_context.load_context(
-        ConfigDict({"text": str(text), "column": "", "place": "system", "max_tokens": 512}), "c"
+        ConfigDict({"text": str(text), "column": "", "place": "question", "max_tokens": 64}), "c"
     )
     assert context is not None
     tokenizer = load_tokenizer(TOKENIZER)
     assert tokenizer is not None
     encoding = Encoding(tokenizer, with_responses=False)
-    row = canonical.canonicalize_row(row, "", "here", False)
-    example = make_example(row, "here", encoding)
-    read_by_teacher = teacher_context.add_context(context, row, example, encoding).teacher_prompt
-    assert read_by_teacher is not None
-    turns = [
-        {"role": "system", "content": written},
-        {"role": "user", "content": row["question"]},
-    ]
-    prompt, _ = encode({"messages": turns, "response": row["response"]})
-    assert tokenizer.decode(read_by_teacher) == prompt
-    assert written not in tokenizer.decode(example.prompt)
+    for row, shown_row in zip(rows[:50], shown, strict=False):
+        canonical_row = canonical.canonicalize_row(row, "", "here", False)
+        example = make_example(canonical_row, "here", encoding)
+        read_by_teacher = teacher_context.add_context(context, canonical_row, example, encoding)
+        assert tokenizer.decode(read_by_teacher.teacher_prompt or []) == encode(shown_row)[0]
+        assert tokenizer.decode(example.prompt) == encode(row)[0] != encode(shown_row)[0]
+    assert text.read_text().strip() == manual.write_manual(manual.make_manual(5))
 
 
 def test_options_reach_their_tasks(tmp_path: Path) -> None:
@@ -110,10 +109,10 @@ def test_options_reach_their_tasks(tmp_path: Path) -> None:
 def test_the_corpus_has_the_words_of_all_tasks_and_of_the_template() -> None:
     corpus = tasks.make_corpus(count=50)
     text = "\n".join(corpus)
-    for word in ("How many in", "years old", "Say ", "costs", "<think>", "<<", "assistant"):
+    for word in ("How many in", "years old", "Say ", "<think>", "<<", "assistant"):
         assert word in text, word
     assert len(tasks.make_corpus(["graphs"], count=50)) == 50 * 6
-    assert "costs" not in "".join(tasks.make_corpus(["graphs", "facts"], count=50))
+    assert "Say " not in "".join(tasks.make_corpus(["graphs", "facts"], count=50))
 
 
 @pytest.mark.parametrize(

@@ -1,101 +1,106 @@
-"""The price lists: answers follow from the list that a row shows, and from nothing else."""
+"""The manuals: responses keep their rules, which a request alone does not tell."""
 
 import collections
-import re
 
 import pytest
 
 from models.errors import UserError
-from studies import manual
+from studies import instructions, manual
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of lm-eval and its imports
+
+SEEDS = range(20)
 
 
-def read_manual(text: str) -> dict[str, int]:
-    found = re.findall(r"A (\w+) costs (\d)\.", text)
-    assert len(found) == text.count(".") == len(manual.THINGS)
-    return {thing: int(price) for thing, price in found}
+@pytest.fixture(scope="module")
+def installed() -> None:
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
 
-def find_things(question: str) -> list[str]:
-    assert re.fullmatch(r"What (does a \w+|do (a \w+, )?a \w+ and a \w+) cost\?", question)
-    return re.findall(r"\ba (\w+)", question)
-
-
-def check_solution(row: dict, question: str, prices: dict[str, int]) -> None:
-    things = find_things(question)
-    assert len(things) == row["level"]
-    assert int(row["answer"]) == sum(prices[thing] for thing in things), row
-    found = re.fullmatch(r"<think>\n([\w ,]+)[:;](.*)\n</think>\n\n(\d+)", row["response"])
-    assert found, row
-    read, sums, answer = found.groups()
-    assert answer == row["answer"]
-    assert [tuple(x.split()) for x in read.split(", ")] == [(x, str(prices[x])) for x in things]
-    lines = re.findall(r"(\d+)\+(\d)=(\d+);", sums)
-    assert len(lines) == len(things) - 1
-    total = prices[things[0]]
-    for thing, (left, right, result) in zip(things[1:], lines, strict=True):
-        assert (int(left), int(right)) == (total, prices[thing])
-        total += prices[thing]
-        assert int(result) == total
-
-
-def test_a_row_shows_a_manual_of_its_own_and_is_answered_by_it() -> None:
-    manuals = {manual.write_manual(manual.make_manual(0))}
-    for i in range(2000):
-        row = manual.make_row(0, i, "train")
-        system, user = row["messages"]
-        assert (system["role"], user["role"]) == ("system", "user") and "question" not in row
-        check_solution(row, user["content"], read_manual(system["content"]))
-        manuals.add(system["content"])
-    assert len(manuals) == 2001  # and none is the fixed one of the same seed
+def split_prompt(prompt: str) -> tuple[str, str]:
+    """Splits a prompt with a manual into that and the request."""
+    rules, request = prompt.split("\n\n")
+    return rules, request
 
 
 @pytest.mark.parametrize("split", manual.SPLITS)
-def test_a_row_of_a_fixed_manual_does_not_show_it(split: str) -> None:
-    fixed = manual.make_manual(4)
-    assert read_manual(manual.write_manual(fixed)) == fixed
+def test_responses_keep_the_rules_and_the_request(installed: None, split: str) -> None:
+    for seed in SEEDS:
+        for fixed in (None, manual.make_manual(seed)):
+            for i in range(10):
+                row = manual.make_row(seed, i, split, fixed)
+                verdicts = instructions.check(row, row["response"])
+                assert verdicts == [True] * (manual.LENGTH + row["level"]), row
+
+
+def test_a_manual_cannot_be_guessed_from_a_request(installed: None) -> None:
+    kept = []
+    for seed in SEEDS:
+        fixed, other = manual.make_manual(seed), manual.make_manual(seed + len(SEEDS))
+        if set(fixed) & set(other):
+            continue
+        for i in range(20):
+            row = manual.make_row(0, i, "test", fixed)
+            kept.append(all(instructions.check(row, manual.make_row(0, i, "test")["response"])))
+    assert len(kept) > 100 and sum(kept) / len(kept) < 0.1
+
+
+def test_a_row_shows_a_manual_of_its_own(installed: None) -> None:
+    shown = collections.Counter()
     for i in range(500):
-        row = manual.make_row(0, i, split, fixed)
-        assert "messages" not in row
-        check_solution(row, row["question"], fixed)
+        row = manual.make_row(0, i, "train")
+        rules, request = split_prompt(row["prompt"])
+        shown[rules] += 1
+        assert row["question"] == row["prompt"]
+        for text, names in (
+            (rules, row["instruction_id_list"][: manual.LENGTH]),
+            (request, row["instruction_id_list"][manual.LENGTH :]),
+        ):
+            for name in names:
+                starts = [way.split("{")[0] for way in instructions.CONSTRAINTS[name]]
+                assert any(start in text for start in starts), (name, text)
+    assert len(shown) > 200
 
 
-def test_prices_of_a_fixed_manual_cannot_be_guessed() -> None:
-    answers = []
-    for seed in range(20):
+def test_a_fixed_manual_is_shown_on_demand_and_changes_nothing_else() -> None:
+    for seed in SEEDS:
         fixed = manual.make_manual(seed)
-        assert len(set(fixed.values())) > 3
-        answers += [manual.make_row(0, i, "test", fixed)["answer"] for i in range(100)]
-    assert collections.Counter(answers).most_common(1)[0][1] / len(answers) < 0.15
+        assert len(fixed) == manual.LENGTH and set(fixed) <= set(manual.RULES)
+        row = manual.make_row(1, seed, "test", fixed)
+        shown = manual.make_row(1, seed, "test", fixed, is_shown=True)
+        written = manual.write_manual(fixed)
+        assert "\n\n" not in row["prompt"] and written not in row["prompt"]
+        assert shown.pop("prompt") == shown.pop("question") == f"{written}\n\n{row.pop('prompt')}"
+        assert shown.pop("response") == row.pop("response")
+        del row["question"]
+        assert shown == row
+        assert not set(row["instruction_id_list"][manual.LENGTH :]) & set(fixed)
 
 
-def test_splits_share_no_set_of_things() -> None:
+def test_splits_share_no_request() -> None:
     fixed = manual.make_manual(0)
-    sets = {
-        split: {
-            tuple(sorted(find_things(manual.make_row(9, i, split, fixed)["question"])))
-            for i in range(3000)
-        }
+    requests = {
+        split: {manual.make_row(9, i, split, fixed)["prompt"] for i in range(1500)}
         for split in manual.SPLITS
     }
-    assert not sets["train"] & sets["test"]
-    assert not sets["valid"] & (sets["train"] | sets["test"])
-    assert {len(x) for x in sets["train"]} == {1, 2, 3} and {len(x) for x in sets["test"]} == {2, 3}
-    assert len(sets["test"]) > 40 and len(sets["train"]) > 180
-    assert {x for things in sets["train"] for x in things} == set(manual.THINGS)
+    assert not requests["train"] & requests["test"]
+    assert not requests["valid"] & (requests["train"] | requests["test"])
+    assert all(len(found) > 100 for found in requests.values())
+    own = {split_prompt(manual.make_row(8, i, "test")["prompt"])[1] for i in range(500)}
+    assert not own & requests["train"]
 
 
-def test_levels_are_equally_frequent() -> None:
-    for split, levels in (("train", (1, 2, 3)), ("test", (2, 3))):
-        counts = collections.Counter(manual.make_row(1, i, split)["level"] for i in range(1500))
-        assert counts.keys() == set(levels)
-        assert all(abs(n - 1500 / len(levels)) < 100 for n in counts.values()), counts
+def test_levels_are_equally_frequent_in_training() -> None:
+    counts = collections.Counter(manual.make_row(1, i, "train")["level"] for i in range(1500))
+    assert counts.keys() == set(range(manual.MAX_OWN + 1))
+    assert all(abs(n - 500) < 120 for n in counts.values()), counts
 
 
 def test_a_row_is_a_function_of_its_arguments() -> None:
     row = manual.make_row(7, 3, "train")
     assert row == manual.make_row(7, 3, "train")
-    others = [(8, 3, "train"), (7, 4, "train"), (7, 3, "test")]
-    assert all(manual.make_row(*x)["messages"] != row["messages"] for x in others)
+    for arguments in [(8, 3, "train"), (7, 4, "train"), (7, 3, "test")]:
+        assert manual.make_row(*arguments)["prompt"] != row["prompt"]
     assert manual.make_manual(1) == manual.make_manual(1) != manual.make_manual(2)
 
 
@@ -106,15 +111,3 @@ def test_bad_arguments_are_named() -> None:
         manual.make_row(0, -1, "train")
     with pytest.raises(UserError, match="seed: -2"):
         manual.make_manual(-2)
-    with pytest.raises(UserError, match="manual: its things are not bag"):
-        manual.make_row(0, 0, "train", {"pen": 4})
-
-
-def test_a_fixed_manual_is_shown_in_the_row_of_the_same_question() -> None:
-    fixed = manual.make_manual(3)
-    row = manual.make_row(0, 4, "test", fixed)
-    shown = manual.show(row, fixed)
-    system, user = shown.pop("messages")
-    assert system == {"role": "system", "content": manual.write_manual(fixed)}
-    assert user == {"role": "user", "content": row.pop("question")}
-    assert shown == row
