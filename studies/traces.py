@@ -4,7 +4,7 @@
 
 Samples are rows as distill.generate writes them; a row with the same id says what their prompt is
 to be. So a student learns, without a manual, what a teacher said that read it. Samples that were
-cut are left out.
+cut or say nothing are left out.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ def pair_rows(
         pairs += [
             {**prompts[sampled["id"]], "response": sample["text"]}
             for sample in sampled["samples"]
-            if sample["finish_reason"] == "stop"
+            if sample["finish_reason"] == "stop" and sample["text"].strip()
         ]
     return pairs
 

@@ -14,6 +14,7 @@ def make_sample(name: str, *ended: str) -> tuple[str, dict]:
 def test_finished_samples_become_responses_to_the_rows_of_their_ids() -> None:
     rows = [(f"r.jsonl:{x}", {"id": x, "question": f"{x}?", "answer": "7"}) for x in "abc"]
     samples = [make_sample("b", "stop", "length", "stop"), make_sample("a", "stop")]
+    samples[1][1]["samples"].append({"text": "\n", "finish_reason": "stop"})  # says nothing
     assert traces.pair_rows(samples, rows) == [
         {"id": "b", "question": "b?", "answer": "7", "response": "b stop"},
         {"id": "b", "question": "b?", "answer": "7", "response": "b stop"},
