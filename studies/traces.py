@@ -3,8 +3,8 @@
     python -m studies.traces --samples=with_manual.jsonl --rows=questions.jsonl --out=traces.jsonl
 
 Samples are rows as distill.generate writes them; a row with the same id says what their prompt is
-to be. So a student learns, without a manual, what a teacher said that read it. Samples that were
-cut or say nothing are left out.
+to be. So a student learns, without a manual, what a teacher said that read it. Left out are samples
+that were cut or say nothing, and those with a think block to a row that asks for none.
 """
 
 from collections.abc import Iterable
@@ -41,9 +41,17 @@ def pair_rows(
         pairs += [
             {**prompts[sampled["id"]], "response": sample["text"]}
             for sample in sampled["samples"]
-            if sample["finish_reason"] == "stop" and sample["text"].strip()
+            if _is_response(sample, prompts[sampled["id"]])
         ]
     return pairs
+
+
+def _is_response(sample: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Returns True if training takes a sample as the row's response."""
+    text = sample["text"]
+    thinks = "<think>" in text or "</think>" in text
+    is_refused = thinks and row.get("thinking") is False
+    return sample["finish_reason"] == "stop" and bool(text.strip()) and not is_refused
 
 
 def main() -> None:

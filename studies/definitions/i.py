@@ -12,7 +12,7 @@ PROMPT, READING, RESPONSE = 48, 64, 44  # tokens of the longest prompt, of one w
 STEPS, BATCH = 150, 32
 LONGER = 4  # times as many steps of SFT, which cost about the same
 NUM_SAMPLES = BATCH * STEPS
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 
 
 def find_rows(name: str) -> str:
