@@ -128,7 +128,9 @@ def make_tuned_arm(objective: str, about: str) -> Arm:
 
 
 OPD = make_tuned_arm("opd", "on-policy distillation from the teacher that reads the manual")
-SFT = make_tuned_arm("sft", f"SFT on {NUM_SAMPLES:,} responses of the teacher, each once")
+SFT = make_tuned_arm(
+    "sft", f"SFT on the teacher's responses to {NUM_SAMPLES:,} requests, each once"
+)
 MORE_SFT = Arm(
     f"sft, {LONGER} epochs",
     f"SFT on the same responses, {LONGER} times each",

@@ -254,5 +254,68 @@ READINGS: dict[tuple[str, str], Reading] = {
         "both at once have 64%.",
         "The other order, and some thinking rows kept in the second phase.",
     ),
+    ("i", "the manual is learned"): Reading(
+        "reproduced",
+        "Without the manual in its prompt the start keeps its rules in no response, and the "
+        "student in 77% of the samples, greedily in 91%. A request gives no hint of the rules.",
+        "A longer manual, of which a request needs a part.",
+    ),
+    ("i", "as good as reading"): Reading(
+        "reproduced",
+        "At temperature 1 the student is at least as good as the reader. Greedily it is behind: "
+        "91% against 96%, which three seeds do not settle.",
+        "More seeds, and more steps.",
+    ),
+    ("i", "distillation against SFT, equal steps"): Reading(
+        "reproduced",
+        "The teacher gives its whole distribution at every token, its responses one draw of it. "
+        "Greedily the difference is half as large.",
+        "More responses, in place of more steps on the same.",
+    ),
+    ("i", "distillation against SFT, more steps"): Reading(
+        "reproduced",
+        "Four times the steps on the same responses make up for most of the difference. The rate "
+        "of SFT was chosen for the fewer steps.",
+        "SFT on new responses in each epoch.",
+    ),
+    ("i", "reading is not unlearned"): Reading(
+        "not reproduced",
+        "Both unlearn much: with other manuals in the prompt 58% of the responses keep all rules, "
+        "before 89%. No prompt of the training has a manual, and the student nearly always keeps the "
+        "one that it learned, also where another is shown.",
+        "Prompts with other manuals among those of the training.",
+    ),
+    ("j", "ordered helps"): Reading(
+        "reversed",
+        "The learning rate falls to a fiftieth over the steps, so the student meets the hardest "
+        "problems when it learns hardly anything any more. The first ones have two statements, "
+        "those of the test three to five.",
+        "A constant rate, and a test of all sizes.",
+    ),
+    ("j", "widening helps"): Reading(
+        "reversed",
+        "As above, but milder: the harder problems join while the rate falls, and the easy ones "
+        "stay.",
+        "As above.",
+    ),
+    ("j", "half traces helps"): Reading(
+        "not reproduced",
+        "Two seeds are lower by less than a point, and one is higher by 2.8.",
+        "More seeds, and other shares.",
+    ),
+    ("j", "hybrid helps"): Reading(
+        "reversed",
+        "The rate is the one that was best without the reward. That is ten times the best rate of "
+        "the reward alone in study a, where higher ones did harm, too. And of the 32 responses of "
+        "a step eight are to the same prompt, so a step has four prompts.",
+        "Trials of the rate, and 32 prompts in each step.",
+    ),
+    ("j", "a stored teacher is as good"): Reading(
+        "not reproduced",
+        "All three seeds are lower, by 0.7 to 6.7 points, which is too uneven to settle it. The "
+        "student moves away from the responses that were scored. Its steps have less than half the "
+        "FLOPs; sampling and scoring in advance are not counted.",
+        "More seeds, and scores that are made anew once or twice on the way.",
+    ),
 }
 """(study, claim) -> reading"""
