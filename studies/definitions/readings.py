@@ -281,8 +281,8 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("i", "reading is not unlearned"): Reading(
         "not reproduced",
         "Both unlearn much: with other manuals in the prompt 58% of the responses keep all rules, "
-        "before 89%. No prompt of the training has a manual, and the student nearly always keeps the "
-        "one that it learned, also where another is shown.",
+        "before 89%. No prompt of the training has a manual, and where another one is shown the "
+        "student still keeps the one that it learned, in nearly all responses.",
         "Prompts with other manuals among those of the training.",
     ),
     ("j", "ordered helps"): Reading(
