@@ -221,6 +221,45 @@ READINGS: dict[tuple[str, str], Reading] = {
         "behaviour alone, was three times higher, which may be why.",
         "Both at several rates, as curves of behaviour against knowledge.",
     ),
+    ("g", "sampled against reverse"): Reading(
+        "reproduced",
+        "The exact divergence weighs every token of the vocabulary, the estimate only the one that "
+        "was sampled. With that noise a rate of 3e-3, the best for the exact one, does harm; its "
+        "own best is a tenth. Top 4 loses nothing: 71% as the exact one.",
+        "More steps, and larger batches, with which the noise falls.",
+    ),
+    ("g", "forward covers, reverse seeks"): Reading(
+        "not reproduced",
+        "All three seeds have it, by 2.5 to 5.8 points, but 120 problems leave a wide interval. "
+        "And forward KL hardly changed the student, which had 15% before: its best rate was the "
+        "smallest of five, and larger ones made single samples worse.",
+        "More problems, and a rate for pass@16 itself.",
+    ),
+    ("g", "entropy weights against reverse"): Reading(
+        "reversed",
+        "All three seeds are lower, by 1.2 to 2.4 points. Weights take from the tokens at which "
+        "the teacher is certain, such as the digits of a sum, and these make the answer right.",
+        "Weights by the student's entropy, and tasks that can be solved in several ways.",
+    ),
+    ("g", "position weights against reverse"): Reading(
+        "not reproduced",
+        "All three seeds are lower, but by 2.9 to 9.1 points, too uneven to settle it. The answer "
+        "is the end of a response, where the weights are smallest.",
+        "More seeds, and longer half-lives.",
+    ),
+    ("g", "prefixes lose nothing"): Reading(
+        "reversed",
+        "A third of the steps sees 15 tokens and another 30, and only the last, in which the rate "
+        "falls to a fiftieth, sees whole problems. The responses here have 60 tokens, and the "
+        "answer is the last. About half of the tokens are saved; long responses allow far more.",
+        "Long responses, whose beginnings hold the plan, and a constant rate.",
+    ),
+    ("g", "drift stops lose nothing"): Reading(
+        "reversed",
+        "Responses end where they go wrong, so what follows is never corrected. A fifth of the "
+        "tokens is saved, but looking every 12 tokens cost more time here than that.",
+        "Long responses, and higher thresholds.",
+    ),
     ("h", "thinking is learned as well beside the other mode"): Reading(
         "not reproduced",
         "With as many thinking responses, and as many of the other mode among them, the student "
