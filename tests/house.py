@@ -49,7 +49,7 @@ FOLDERS = {
 }
 # The files of studies/, likewise.
 STUDIES = "run summary results definitions study jobs worker models tasks traces"
-STUDIES += " facts graphs instructions manual"
+STUDIES += " facts graphs manual instructions"
 FLOOR = {
     ".".join(filter(None, ("distill", folder, file))): place
     for place, (folder, file) in enumerate(
