@@ -25,7 +25,7 @@ def test_finished_samples_become_responses_to_the_rows_of_their_ids() -> None:
 def test_a_think_block_is_left_out_where_a_row_asks_for_none() -> None:
     sample = make_sample("a", "stop")
     sample[1]["samples"][0]["text"] = "4</think> 5"
-    rows = [("r.jsonl:1", {"id": "a", "question": "a?"})]
+    rows: list[tuple[str, dict]] = [("r.jsonl:1", {"id": "a", "question": "a?"})]
     assert len(traces.pair_rows([sample], rows)) == 1
     rows[0][1]["thinking"] = False
     assert not traces.pair_rows([sample], rows)
