@@ -6,9 +6,10 @@ Name animals. Put 2 words in [ ].
 
 owl [cat] [pig] fox done
 
-Rules and requests are those of studies/instructions.py. A teacher finds a manual before the
-request, another one in each row, so it learns to read. A student then learns to keep one fixed
-manual without reading it. A row is a pure function of (seed, index, split, manual, is_shown).
+The response keeps the rules of both. They are those of studies/instructions.py. In training a
+teacher sees a different manual before each request, so it learns to follow whichever it reads. A
+student then learns to follow one fixed manual without reading it. A row is a pure function of
+(seed, index, split, manual, is_shown).
 """
 
 import zlib

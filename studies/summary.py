@@ -37,13 +37,22 @@ CLAIMS = {
     "d": ("the gap narrows", "the gap narrows, greedily"),
     "e": ("one prompt is as good as many",),
     "f": ("documents cost behaviour", "nearly all behaviour comes back", "own samples do harm"),
-    "g": ("sampled against reverse", "entropy weights against reverse"),
+    "g": (
+        "sampled against reverse",
+        "entropy weights against reverse",
+        "prefixes lose nothing",
+        "drift stops lose nothing",
+    ),
     "h": (
         "thinking is learned as well beside the other mode",
         "at once against one after another",
     ),
-    "i": ("as good as reading", "distillation against SFT, equal steps"),
-    "j": ("half traces helps", "hybrid helps", "a stored teacher is as good"),
+    "i": (
+        "as good as reading",
+        "distillation against SFT, equal steps",
+        "other manuals suffer less",
+    ),
+    "j": ("ordered helps", "half traces helps", "hybrid helps", "a stored teacher is as good"),
 }
 # Arms of the pictures -> colours of a theme, and names for readers.
 ARMS = {

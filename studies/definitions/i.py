@@ -148,10 +148,11 @@ STUDY = Study(
     name="i",
     title="A manual by heart",
     question=(
-        "A model keeps the rules of any manual in its prompt. It teaches itself one manual: the "
-        "teacher reads it, the student does not. How often does the student keep those rules, "
-        "beside the request's own, by distillation on its own responses and by SFT on the "
-        "teacher's, and does it still keep those of other manuals in its prompt?"
+        "A model keeps the rules of any manual in its prompt. It is trained to keep those of one "
+        "manual without seeing it; the teacher is the same model, with the manual in its prompt. "
+        "Does distillation on the student's own responses do this better than SFT on the "
+        "teacher's, and can the student still follow other manuals? A response counts if it keeps "
+        "all rules, of the manual and of the request."
     ),
     jobs=(*f.JOBS, *make_jobs()),
     arms=(
@@ -193,7 +194,7 @@ STUDY = Study(
         ),
         common.make_contrast(
             "as good as reading",
-            "the student keeps to it nearly as well as the teacher that reads it",
+            "the student keeps to a manual nearly as well as the teacher that reads it",
             OPCD,
             {"reader": 1, "opd": -1},
             "none",
@@ -201,19 +202,19 @@ STUDY = Study(
         ),
         common.make_contrast(
             "distillation against SFT, equal steps",
-            "higher accuracy than off-policy context distillation",
+            "on-policy context distillation is more accurate than off-policy",
             OPCD,
             {"opd": 1, "sft": -1},
         ),
         common.make_contrast(
             "distillation against SFT, more steps",
-            "higher accuracy than off-policy context distillation",
+            "on-policy context distillation is more accurate than off-policy",
             OPCD,
             {"opd": 1, MORE_SFT.name: -1},
         ),
         common.make_contrast(
-            "reading is not unlearned",
-            "what the context was not about is preserved better",
+            "other manuals suffer less",
+            "off-policy context distillation costs more of what the context is not about",
             OPCD,
             {"opd": 1, "sft": -1},
             figure="others",

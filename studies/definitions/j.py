@@ -88,8 +88,9 @@ STUDY = common.make_study(
     name="j",
     title="Curricula, mixtures, a reward beside the teacher, and a teacher that is gone",
     question=(
-        "Does any of these teach more than plain on-policy distillation does in as many steps? "
-        "All run at the rate that was chosen for the plain form."
+        "Do problems in order, a mixture with the teacher's responses, a reward, or stored scores "
+        "teach as much as plain on-policy distillation does in as many steps, or more? All run at "
+        "the rate that was chosen for the plain form."
     ),
     jobs=JOBS,
     arms=(common.START, a.OPD, *ARMS, common.JUDGE),

@@ -224,40 +224,42 @@ READINGS: dict[tuple[str, str], Reading] = {
     ("g", "sampled against reverse"): Reading(
         "reproduced",
         "The exact divergence weighs every token of the vocabulary, the estimate only the one that "
-        "was sampled. With that noise a rate of 3e-3, the best for the exact one, does harm; its "
-        "own best is a tenth. Top 4 loses nothing: 71% as the exact one.",
+        "was sampled. At 3e-3, the best rate of the exact one, it does harm, probably by its "
+        "noise; its own best rate is a tenth of that. Top 4 loses nothing: 71%, as the exact one.",
         "More steps, and larger batches, with which the noise falls.",
     ),
     ("g", "forward covers, reverse seeks"): Reading(
         "not reproduced",
         "All three seeds have it, by 2.5 to 5.8 points, but 120 problems leave a wide interval. "
-        "And forward KL hardly changed the student, which had 15% before: its best rate was the "
-        "smallest of five, and larger ones made single samples worse.",
+        "And forward KL moved the student little, from 15% to 17%: its best rate was the smallest "
+        "of five, and clear losses began at 3e-3.",
         "More problems, and a rate for pass@16 itself.",
     ),
     ("g", "entropy weights against reverse"): Reading(
         "reversed",
-        "All three seeds are lower, by 1.2 to 2.4 points. Weights take from the tokens at which "
-        "the teacher is certain, such as the digits of a sum, and these make the answer right.",
+        "All three seeds are lower, by 1.2 to 2.4 points. Perhaps the weights play down tokens of "
+        "which the teacher is certain, such as the digits of a sum, and these decide the answer.",
         "Weights by the student's entropy, and tasks that can be solved in several ways.",
     ),
     ("g", "position weights against reverse"): Reading(
         "not reproduced",
-        "All three seeds are lower, but by 2.9 to 9.1 points, too uneven to settle it. The answer "
-        "is the end of a response, where the weights are smallest.",
+        "All three seeds are lower, but by 2.9 to 9.1 points, too uneven to settle it. Perhaps "
+        "they are lower because the answer comes last, where the weights are smallest.",
         "More seeds, and longer half-lives.",
     ),
     ("g", "prefixes lose nothing"): Reading(
         "reversed",
-        "A third of the steps sees 15 tokens and another 30, and only the last, in which the rate "
-        "falls to a fiftieth, sees whole problems. The responses here have 60 tokens, and the "
-        "answer is the last. About half of the tokens are saved; long responses allow far more.",
-        "Long responses, whose beginnings hold the plan, and a constant rate.",
+        "Two thirds of the steps see only the first 15 or 30 tokens. The others see 60, which "
+        "still cuts long solutions, whose answer comes last: whole responses have 60 tokens on "
+        "average, and up to 88. The learning rate is lowest then, too. About half of the tokens "
+        "are saved.",
+        "A last stage without a limit, and long responses, whose beginnings hold the plan.",
     ),
     ("g", "drift stops lose nothing"): Reading(
         "reversed",
-        "Responses end where they go wrong, so what follows is never corrected. A fifth of the "
-        "tokens is saved, but looking every 12 tokens cost more time here than that.",
+        "Probably because a response ends where it goes wrong, so the student never learns to "
+        "recover. A fifth of the tokens is saved, but checking every 12 tokens took more time "
+        "than that saved.",
         "Long responses, and higher thresholds.",
     ),
     ("h", "thinking is learned as well beside the other mode"): Reading(
@@ -295,45 +297,47 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("i", "the manual is learned"): Reading(
         "reproduced",
-        "Without the manual in its prompt the start keeps its rules in no response, and the "
-        "student in 77% of the samples, greedily in 91%. A request gives no hint of the rules.",
-        "A longer manual, of which a request needs a part.",
+        "A request gives no hint of the rules: without the manual no response of the start keeps "
+        "all of them. Of the student's, 77% do when sampled, and 91% greedily.",
+        "A longer manual, only part of which applies to each request.",
     ),
     ("i", "as good as reading"): Reading(
         "reproduced",
-        "At temperature 1 the student is at least as good as the reader. Greedily it is behind: "
-        "91% against 96%, which three seeds do not settle.",
+        "Sampled, the student is within the margin of 3 points. Greedily it is 4.2 points behind, "
+        "91% against 96%, in all three seeds, but too unevenly to settle it.",
         "More seeds, and more steps.",
     ),
     ("i", "distillation against SFT, equal steps"): Reading(
         "reproduced",
-        "The teacher gives its whole distribution at every token, its responses one draw of it. "
-        "Greedily the difference is half as large.",
-        "More responses, in place of more steps on the same.",
+        "Perhaps because the teacher gives its whole distribution at every token, and its response "
+        "is one draw of it. That the student trains on its own responses is not separated from "
+        "that here. Greedily the difference is half as large.",
+        "SFT to the teacher's whole distributions, on its responses.",
     ),
     ("i", "distillation against SFT, more steps"): Reading(
         "reproduced",
-        "Four times the steps on the same responses make up for most of the difference. The rate "
-        "of SFT was chosen for the fewer steps.",
+        "Sampled, four times the steps on the same responses close most of the gap, from 5.9 to "
+        "2.2 points; greedily hardly any of it. The rate of SFT was chosen for the fewer steps.",
         "SFT on new responses in each epoch.",
     ),
-    ("i", "reading is not unlearned"): Reading(
+    ("i", "other manuals suffer less"): Reading(
         "not reproduced",
-        "Both unlearn much: with other manuals in the prompt 58% of the responses keep all rules, "
-        "before 89%. No prompt of the training has a manual, and where another one is shown the "
-        "student still keeps the one that it learned, in nearly all responses.",
+        "Distillation and SFT lose the same, within about 7 points: with other manuals in the "
+        "prompt 58% of the responses keep all rules after either, and 89% before. No prompt of the "
+        "training has a manual, and where another one is shown the student still keeps the one "
+        "that it learned, in nearly all responses.",
         "Prompts with other manuals among those of the training.",
     ),
     ("j", "ordered helps"): Reading(
         "reversed",
-        "The learning rate falls to a fiftieth over the steps, so the student meets the hardest "
-        "problems when it learns hardly anything any more. The first ones have two statements, "
-        "those of the test three to five.",
+        "Probably for two reasons. Early steps see only problems of two statements, where the test "
+        "has three to five; that may do harm, as the student ends below the start, at 49% against "
+        "52% greedily. And the hardest come when the learning rate has almost gone.",
         "A constant rate, and a test of all sizes.",
     ),
     ("j", "widening helps"): Reading(
         "reversed",
-        "As above, but milder: the harder problems join while the rate falls, and the easy ones "
+        "Probably as above, but milder: harder problems join while the rate falls, and easy ones "
         "stay.",
         "As above.",
     ),
@@ -344,17 +348,17 @@ READINGS: dict[tuple[str, str], Reading] = {
     ),
     ("j", "hybrid helps"): Reading(
         "reversed",
-        "The rate is the one that was best without the reward. That is ten times the best rate of "
-        "the reward alone in study a, where higher ones did harm, too. And of the 32 responses of "
-        "a step eight are to the same prompt, so a step has four prompts.",
+        "This does not isolate the reward. The rate was chosen without it, and is ten times the "
+        "best rate of the reward alone in study a, where higher ones did harm, too. And a step has "
+        "only four prompts, with eight responses to each.",
         "Trials of the rate, and 32 prompts in each step.",
     ),
     ("j", "a stored teacher is as good"): Reading(
         "not reproduced",
-        "All three seeds are lower, by 0.7 to 6.7 points, which is too uneven to settle it. The "
-        "student moves away from the responses that were scored. Its steps have less than half the "
-        "FLOPs; sampling and scoring in advance are not counted.",
-        "More seeds, and scores that are made anew once or twice on the way.",
+        "All three seeds are lower, by 0.7 to 6.7 points, which is too uneven to settle it; "
+        "probably because the student moves away from the responses that were scored. A step has "
+        "less than half the FLOPs; sampling and scoring in advance are not counted.",
+        "More seeds, and fresh responses and scores once or twice during the training.",
     ),
 }
 """(study, claim) -> reading"""
