@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -187,7 +188,11 @@ def shorten(error: BaseException) -> str:
 
 
 def collect_quietly() -> None:
-    """Frees the tasks that a failed read or write leaves pending, each of which would log."""
+    """Frees the tasks that a failed read or write leaves pending, each of which would log.
+
+    Those that a thread still holds end with the process, and would warn then.
+    """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     gc.collect()
     sys.unraisablehook = hook
